@@ -142,6 +142,9 @@ def test_a_measure_that_does_not_apply_to_the_model_does_not_remain(tmp_path):
     words = ["model.num_hidden_layers=2", "trainer.measures={}"]
     tasks = remaining_tasks(experiment_rows(["theory"], "toy", words), [1], {})
     assert {name for task in tasks for name in task.measures} == {"jacobian", "variance"}
+    words = ["paper.rows.lns.set={norm:value_residual}", "paper.measures=[theory,gain,variance]"]
+    (row,) = [row for row in experiment_rows(["theory"], "toy", words) if row.name == "lns"]
+    assert row.measures == {"variance"}
     (folder := tmp_path / "runs/toy/lns/measure").mkdir(parents=True)
     (folder / "variance.json").write_text("{}")
     save_result(folder.parent, tmp_path / "results", ("theory", "variance"))  # of a pretrained model, by its layout

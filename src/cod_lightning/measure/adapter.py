@@ -39,6 +39,7 @@ from cod_lightning.nn.layouts import (
 )
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.parallel import checkpointed
+from cod_lightning.nn.spec import why_not_composed
 from cod_lightning.nn.vit import Images, VisionTransformer
 
 POSITIONS = re.compile(r"(wpe|pos)[^.]*$")
@@ -128,12 +129,7 @@ class ModelAdapter:
     @property
     def why_not_composed(self) -> str:
         """Why Jacobians of blocks do not multiply to that of several blocks, or an empty string."""
-        specs = [block.spec for block in map(unwrapped, self.blocks) if isinstance(block, Block)]
-        if any(spec.embedding_skip for spec in specs):
-            return "its blocks read the embeddings besides the stream, so their Jacobians do not multiply"
-        if any(spec.value_residual != "no" for spec in specs):
-            return "its blocks read the values of block 1 besides the stream, so their Jacobians do not multiply"
-        return ""
+        return why_not_composed([block.spec for block in map(unwrapped, self.blocks) if isinstance(block, Block)])
 
     def evenly_spaced(self, count: int) -> list[int]:
         """At most `count` layers, counting from 1, evenly from the first to the last."""

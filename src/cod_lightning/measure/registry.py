@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.measure.options import options_of, require_options, to_python
+from cod_lightning.nn.spec import BlockSpec, why_not_composed
 
 EXPENSIVE = 16
 """Number of sequences that an expensive measure reads."""
@@ -37,7 +38,7 @@ class Measure:
     """A training run draws its figure too, because the series do not hold all layer pairs or entries."""
     refusals: tuple[str, ...] = ()
     """Properties of `ModelAdapter` that say why it does not apply to a model: `why_no_loss` if it reads losses of next
-    tokens or labels, which BERT has not; `why_not_sparse` if it reads the weights of linear layers; `why_not_composed`
+    tokens or labels, which BERT lacks; `why_not_sparse` if it reads the weights of linear layers; `why_not_composed`
     if it multiplies the Jacobians of the blocks, which must read nothing but the stream."""
     not_for_images: str = ""
     """Why it does not apply to models of images; empty if it does."""
@@ -60,11 +61,13 @@ class Measure:
         """The `Result` subclass that it returns, whose fields are the keys of its JSON file."""
         return get_type_hints(self.measure)["return"]
 
-    def why_never(self, depth: int, reads_images: bool) -> str:
-        """Why it applies to no model of this many blocks, or of images; empty if it may."""
+    def why_never(self, depth: int, reads_images: bool, specs: Sequence[BlockSpec] = ()) -> str:
+        """Why it applies to no model of this many blocks, of images, or of blocks with these specs; empty if it may."""
         if depth < self.least_blocks:
             return f"it needs at least {self.least_blocks} blocks, but the model has {depth}"
-        return self.not_for_images if reads_images else ""
+        if reads_images and self.not_for_images:
+            return self.not_for_images
+        return why_not_composed(specs) if "why_not_composed" in self.refusals else ""
 
     def why_not(self, model: Any, tokens: int | None = None) -> str:
         """Why it does not apply to a `ModelAdapter`, or to a number of tokens; empty if it does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -174,12 +173,32 @@ def describe_specs(specs: Sequence[BlockSpec]) -> str:
 
     A schedule is described by its factors at steps 0, 1, 2, 4, 8, ... to its end.
     """
-    changed = [[nondefaults(part) for part in (spec, *spec.sublayers)] for spec in specs]
-    schedules = [s.branch_schedule for spec in specs for s in spec.sublayers if s.branch_schedule is not None]
-    steps = [0, *(2**n for n in range(64))]
-    factors = [[schedule(step) for step in steps if step <= schedule.end] for schedule in schedules]
-    text = str([changed, factors]).replace("np.float64", "")
-    return re.sub(r"\d+\.?\d*(e[+-]?\d+)?", lambda number: f"{float(number[0]):.9g}", text)  # as other machines round
+
+    def described(value: Any) -> Any:
+        if isinstance(value, Rates):
+            return described(vars(value))
+        if isinstance(value, dict):
+            return {name: described(each) for name, each in value.items()}
+        return f"{float(value):.9g}" if is_number(value) else str(value)  # machines may round 1/sqrt(l) differently
+
+    def factors(sublayer: SublayerSpec, layer: int) -> list[Any]:
+        end = 0 if sublayer.branch_schedule is None else sublayer.branch_schedule.end
+        steps = [0, *(2**n for n in range(end.bit_length()))]
+        return [described(sublayer.factor(layer, step)) for step in [*steps, end]]
+
+    parts = [(layer, part) for layer, spec in enumerate(specs, 1) for part in (spec, *spec.sublayers)]
+    changed = [{n: v for n, v in nondefaults(part).items() if n != "branch_schedule"} for _, part in parts]
+    schedules = [factors(part, layer) for layer, part in parts if isinstance(part, SublayerSpec)]
+    return str([described(each) for each in changed] + schedules)
+
+
+def why_not_composed(specs: Sequence[BlockSpec]) -> str:
+    """Why Jacobians of blocks do not multiply to that of several blocks; empty if they do."""
+    if any(spec.embedding_skip for spec in specs):
+        return "its blocks read the embeddings besides the stream, so their Jacobians do not multiply"
+    if any(spec.value_residual != "no" for spec in specs):
+        return "its blocks read the values of block 1 besides the stream, so their Jacobians do not multiply"
+    return ""
 
 
 FACTORS = ("gain", "branch_scale")

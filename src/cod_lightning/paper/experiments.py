@@ -16,6 +16,7 @@ from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.evaluate import SCORES_FILE
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.nn.strategies import build_all
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import record_path
 from cod_lightning.paper.statistics import grouped
@@ -47,10 +48,12 @@ class Row:
     @property
     def measures(self) -> set[str]:
         """Names of the experiment's measures that may apply to the model; those of a pretrained model are not known."""
-        model, images = self.config.model, self.config.task == "vision"
-        names = self.config.paper.get("measures", ())
-        known = self.pretrained_model is None
-        return {name for name in names if not (known and MEASURES[name].why_never(model.num_hidden_layers, images))}
+        names = set(self.config.paper.get("measures", ()))
+        if self.pretrained_model is not None:
+            return names
+        depth, images = self.config.model.num_hidden_layers, self.config.task == "vision"
+        specs = build_all(self.config.norm, depth)
+        return {name for name in names if not MEASURES[name].why_never(depth, images, specs)}
 
     @property
     def tasks(self) -> str | None:
