@@ -536,7 +536,7 @@ RUNS = [
     (unfinished(resave(lambda content: {name: content[name] for name in ("state_dict", "tokens")})), RESUMED,
      ["holds weights, but not pytorch-lightning_version", "init_from="]),
     *((unfinished(resave(lambda content, name=name, value=value: content | {name: value})), RESUMED,
-       [LAST, "damaged", f"{name}", kind])
+       [LAST, "damaged", name, kind])
       for name, value, kind in (
         ("optimizer_states", 3, "0.state: expected dict"), ("optimizer_states", [], "0.state: expected dict"),
         ("optimizer_states", [{}], "0.state: expected dict"), ("lr_schedulers", None, "0.last_epoch: expected int"),

@@ -130,9 +130,9 @@ def trainer_errors(config: Config) -> Iterator[str]:
     for name in ("hybrid", "offload"):
         if getattr(trainer, name) and trainer.strategy != "fsdp":
             yield f"trainer.{name}=true requires trainer.strategy=fsdp"
+    depth, images = config.model.num_hidden_layers, config.task == "vision"
     for name, every in trainer.measures.items():
         yield from choice_errors("trainer.measures", name, tuple(MEASURES))
-        depth, images = config.model.num_hidden_layers, config.task == "vision"
         if every and name in MEASURES and (reason := MEASURES[name].why_never(depth, images)):
             yield f"trainer.measures.{name}={every} does not apply to the model: {reason}; set it to 0"
 

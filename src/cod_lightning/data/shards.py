@@ -222,6 +222,7 @@ def merge_shards(config: DataConfig, count: int) -> Path:
 
 
 def _merge(config: DataConfig, count: int, folder: Path, report: PreparationProgress) -> None:
+    report.stage("verifying the parts")
     parts = [parts_folder(config, count) / str(index) for index in range(count)]
     records = _read_parts(config, parts)
     documents = sum(record.streams["train"].documents for record in records)

@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -21,8 +21,6 @@ from cod_lightning.data.workers import in_thread
 from cod_lightning.errors import UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.typed_json import read_json
-
-T = TypeVar("T")
 
 PAD, EOS = "<pad>", "<eos>"
 """Special tokens of the trained BPE, ids 0 and 1; `PAD` is also added to a tokenizer without a pad."""
@@ -132,7 +130,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    text = map(_split_long_words, take_until(BPE_CHARACTERS, documents, len))
+    text = map(_split_long_words, take_characters(documents, BPE_CHARACTERS))
     in_thread(lambda: backend.train_from_iterator(text, trainer)).result()
     return trained_bpe(backend.to_str())
 
@@ -142,13 +140,13 @@ def trained_bpe(json: str) -> DocumentTokenizer:
     return DocumentTokenizer(json, pad_id=0, eos_id=1)
 
 
-def take_until(total: int, items: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:
-    """Yield the leading items, up to and including the one at which the sum of their sizes reaches `total`."""
+def take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield the leading documents, up to and including the one at which the sum of their lengths reaches a number."""
     read = 0
-    for item in items:
-        yield item
-        read += size(item)
-        if read >= total:
+    for document in documents:
+        yield document
+        read += len(document)
+        if read >= characters:
             return
 
 
